@@ -95,9 +95,13 @@ def _parser(complete: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dmfast", description=(__doc__ or "").replace("``", ""))
     parser.add_argument("--version", action="version", version=f"dmfast {__version__}", help="print the version")
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="train a small model until half of its biographies are about women")
-    train = commands.add_parser("train", help="run a job from a YAML file")
-    fit_z = commands.add_parser("fit-z", help="write the prompts of a job with the pass rate of each under the base")
+
+    def command(name: str, about: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+
+    demo = command("demo", "train a small model until half of its biographies are about women")
+    train = command("train", "run a job from a YAML file")
+    fit_z = command("fit-z", "write the prompts of a job with the pass rate of each under the base")
     for each in (train, fit_z):
         each.add_argument("recipe", help="the YAML file; the folder dmfast/recipes has examples")
         each.add_argument("--set", dest="overrides", type=_override, action="append", default=[], metavar="KEY=VALUE",
@@ -111,15 +115,13 @@ def _parser(complete: str) -> argparse.ArgumentParser:
     train.add_argument("--resume", nargs="?", const=True, default=False, metavar="CHECKPOINT",
                        help="go on from a checkpoint, given by its folder or its name in the run; the newest one if "
                        "none is given")  # fmt: skip
-    report = commands.add_parser("report", help="write one HTML page that compares runs")
+    report = command("report", "write one HTML page that compares runs")
     report.add_argument("runs", nargs="+", metavar="RUN",
                         help="a folder with log.json (train, demo) or trainer_state.json (DMTrainer)")  # fmt: skip
     report.add_argument("--out", default="report.html", help="the file of the page")
-    bench = commands.add_parser(
-        "bench", help="time the fused losses beside other ones, or one training step of your own model"
-    )
-    serve = commands.add_parser("serve-proposal", help="start a vLLM server that draws from the proposal of a run")
-    commands.add_parser("doctor", help="show versions, backends and what is missing")
+    bench = command("bench", "time the fused losses beside other ones, or one training step of your own model")
+    serve = command("serve-proposal", "start a vLLM server that draws from the proposal of a run")
+    command("doctor", "show versions, backends and what is missing")
     if complete == "serve-proposal":
         from .sampling.serve import add_arguments as add_serve_arguments
 
@@ -132,6 +134,11 @@ def _parser(complete: str) -> argparse.ArgumentParser:
         from .bench.run import add_arguments
 
         add_arguments(bench)
+    for each in commands.choices.values():
+        for action in each._actions:
+            given = not (action.default is None or action.default is False or action.default in ([], argparse.SUPPRESS))
+            if given and "(default" not in (action.help or ""):
+                action.help = f"{action.help} (default %(default)s)"
     return parser
 
 

@@ -817,7 +817,7 @@ def plain_baseline(
     if baseline is None or isinstance(baseline, str):
         return baseline
     if torch.compiler.is_compiling():  # a running mean as a float would be compiled again at every step
-        return torch.full((n_sequences,), baseline, dtype=torch.float64, device=device)
+        return torch.zeros(n_sequences, dtype=torch.float64, device=device) + baseline
     return float(baseline)
 
 

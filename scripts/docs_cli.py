@@ -73,7 +73,7 @@ def _cell(text: str) -> str:
 
 def _meaning(action: argparse.Action) -> str:
     # the default has a column of its own
-    return re.sub(r" \(default [^)]*\)", "", _cell(action.help or ""))
+    return re.sub(r" \(default (%\(default\)s|[^)]*)\)", "", _cell(action.help or ""))
 
 
 def _metavar(action: argparse.Action) -> str:

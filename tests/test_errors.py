@@ -598,7 +598,16 @@ def test_leave_one_out() -> None:
 
 
 @pytest.mark.parametrize(
-    "context_id", [torch.ones(B), torch.ones(B + 1).long(), torch.ones(B, 1).long(), [1, 1, 1], torch.tensor(1)]
+    "context_id",
+    [
+        torch.ones(B),
+        torch.ones(B).bool(),
+        torch.ones(B).cfloat(),
+        torch.ones(B + 1).long(),
+        torch.ones(B, 1).long(),
+        [1, 1, 1],
+        torch.tensor(1),
+    ],
 )
 def test_context_id(context_id: Any) -> None:
     refuses(good(context_id=context_id), ValueError, r"context_id must be an integer tensor \(3,\)")

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import dmfast
@@ -1334,7 +1335,7 @@ def test_no_graph_for_every_length_and_batch_size(objective: str, inplace: bool,
 
 @pytest.mark.parametrize("name", ["log_z", "baseline"])
 def test_compiled_with_a_number_that_changes_at_every_step(name: str) -> None:
-    """A running Z or baseline that is a tensor compiles once. With a float, torch would compile anew at every value."""
+    """A running Z or baseline that is a tensor compiles once."""
     p = problem()
 
     def function(z: Tensor, value: Tensor) -> Tensor:
@@ -1348,6 +1349,23 @@ def test_compiled_with_a_number_that_changes_at_every_step(name: str) -> None:
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
         for value in torch.tensor([1.0, 0.9, 0.8, 0.7], dtype=torch.float64):
             assert float(compiled(leaf(p.logits), value)) == pytest.approx(float(function(p.logits, value)), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["log_z", "baseline", "num_sequences", "grad_scale"])
+def test_a_float_that_changes_at_every_step_is_not_compiled_every_time(name: str) -> None:
+    """The first value is a constant of the first graph, and a later graph is for any value."""
+    p = problem()
+
+    def function(z: Tensor, value: float) -> Tensor:
+        if name == "baseline":
+            return p.loss(z, objective=Objective("reverse_kl", baseline=value)).loss
+        return p.loss(z, **{name: value}).loss
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for value in (2.25, 2.5, 3.25, 1.75, 2.125):
+        assert float(compiled(leaf(p.logits), value)) == pytest.approx(float(function(p.logits, value)), rel=1e-12)
+    assert counter.frame_count <= 3
 
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])

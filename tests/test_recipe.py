@@ -316,6 +316,12 @@ NO_ROOM = "output_dir='.*' has 0 GB free, and the model need 0.0024 GB"
         ({"evaluate": {"samples": 0.5}}, "evaluate.samples must be a positive integer, got 0.5"),
         ({"prompts": ["He", "Zxq ☃"]}, "prompt 1 can't be made token ids, .*UNK.*Zxq"),
         ({"free": 0}, NO_ROOM),
+        ({"resume_from_checkpoint": "x"}, "train.resume_from_checkpoint has no effect, .*the option --resume"),
+        ({"fp16": True}, "fp16=True has no effect on a CPU, .* bf16=True with use_cpu=True"),
+        (
+            {"push_to_hub": True},
+            "push_to_hub=True needs a login at the hub, which could not .*hf auth login",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -336,6 +342,41 @@ def test_nothing_is_sampled_before_all_is_checked(tmp_path, changed, message, ca
     words = ["--resume", *([resume] if isinstance(resume, str) else [])] if resume else []
     assert dmfast.cli.main(["train", str(path), *words]) == 1
     assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()  # what was refused leaves no folder
+
+
+@pytest.mark.parametrize("where", ["constraints", "monitor", "reward"])
+def test_a_feature_that_fails_is_found_before_lambda_is_fitted(tmp_path, monkeypatch, where):
+    """One text fewer is what such a function returns that was written for one text."""
+    monkeypatch.setattr(EBM, "fit", lambda *args, **options: pytest.fail("lambda was fitted before this was found"))
+    (tmp_path / "mine.py").write_text("def first(texts):\n    return [1.0][: len(texts) - 1]\n")
+    wrong = {"scorer": {"function": f"{tmp_path / 'mine.py'}:first", "name": "first"}}
+    changed = {
+        "constraints": {"constraints": [{"moment": {**wrong, "value": 0.5}}]},
+        "monitor": {"monitor": [wrong]},
+        "reward": {"reward": wrong, "train": {**SMALL["train"], "objective": "reinforce", "on_policy": True}},
+    }[where]
+    with pytest.raises(ValueError, match="scorer 'first' must return one number for each of 2 samples"):
+        recipe.run(read(write(tmp_path, **changed), {"train.output_dir": str(tmp_path / "out")}), say=lambda line: None)
+
+
+@pytest.mark.filterwarnings("ignore:.*with one sample per context")
+def test_messages_on_prompts_name_their_file(tmp_path):
+    for rows, message in (
+        (
+            [{"prompt": "He"}, {"prompt": 3}],
+            r"prompts: can't read .*\.jsonl: line 2 has a prompt of type int, and",
+        ),
+        ([{"prompt": "He"}, {"text": "She"}], r"jsonl: line 2 has no column 'prompt', only text"),
+        ([{"prompt": "He"}, {"prompt": "He " * 2000}], r"^prompts \(.*\.jsonl\): prompt 1 has 2\d+ tokens"),
+        ([], r"^prompts \(.*\.jsonl\) is empty"),
+    ):
+        (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(ValueError, match=message):
+            recipe.prepare(read(write(tmp_path, prompts=str(tmp_path / "my.jsonl"))), say=lambda line: None)
+    long = {**SMALL["train"], "max_new_tokens": 5000}
+    with pytest.raises(ValueError, match=r"^the empty context: prompt 0 has 1 tokens"):
+        recipe.prepare(read(write(tmp_path, train=long)), say=lambda line: None)
 
 
 @pytest.mark.parametrize("parts", [["model"], ["png"], ["json"], ["model", "json", "png"]], ids="-".join)
@@ -413,6 +454,11 @@ def test_a_help_is_plain_text(capsys):
         dmfast.cli.main(["--help"])
     printed = capsys.readouterr().out
     assert "demo trains a small model" in printed and "`" not in printed
+    for command, words in (("report", ["Write one HTML page", "(default report.html)"]), ("demo", ["(default 0)"])):
+        with pytest.raises(SystemExit):
+            dmfast.cli.main([command, "--help"])
+        printed = " ".join(capsys.readouterr().out.split())
+        assert all(word in printed for word in words)
 
 
 def test_what_goes_wrong_later_is_said_without_a_traceback(tmp_path, capsys):

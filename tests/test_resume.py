@@ -36,6 +36,20 @@ def test_every_setting_has_its_place():
     assert own <= set(placed) and len(placed) == len(set(placed))
 
 
+def test_a_run_that_goes_on_logs_evaluates_and_saves_at_its_own_intervals(tmp_path):
+    """transformers would go on with the intervals that the checkpoint recorded."""
+    settings = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 4,
+                "logging_steps": 1}  # fmt: skip
+    job(tmp_path, max_steps=2, **settings).train()
+    other = job(tmp_path, max_steps=6, **settings | {"save_steps": 3, "eval_steps": 1, "logging_steps": 2})
+    with pytest.warns(UserWarning, match=r"logging_steps was 1 and is 2, which holds .*eval_steps.*save_steps was 2"):
+        other.train(resume_from_checkpoint=True)
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3", "checkpoint-6"]
+    history = other.state.log_history
+    assert [h["step"] for h in history if "eval_kl_policy_base" in h] == [2, 3, 4, 5, 6]
+    assert [h["step"] for h in history if "kl_policy" in h] == [1, 2, 4, 6]
+
+
 def test_a_changed_learning_rate_holds(tmp_path):
     """Each step's rate is what a run with the new rate has there, and Adam's moments are those of the checkpoint."""
     settings = {"lr_scheduler_type": "linear", "max_steps": 4, "weight_decay": 0.1}

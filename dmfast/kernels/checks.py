@@ -316,7 +316,7 @@ def make_terms(
             columns.append(column.detach() if column.requires_grad else column)
         elif c == 2 and is_number(value) and torch.compiler.is_compiling():
             present |= LOG_Z  # as a number, a Z that changes would be compiled again at every step
-            columns.append(torch.full((n,), value, dtype=torch.float64, device=to))
+            columns.append(torch.zeros(n, dtype=torch.float64, device=to) + value)
         elif c == 2 and is_number(value):
             constants = (0.0, 0.0, float(value), 0.0, 0.0, 0.0)
         else:
@@ -342,9 +342,7 @@ def make_terms(
             "entropy_coefficient must be a number from -1e30 to 1e30, which is 0 where the loss is to have no entropy "
             f"in it; got {entropy_coefficient!r}"
         )
-    if context_id is not None and (
-        not isinstance(context_id, Tensor) or context_id.dtype.is_floating_point or context_id.shape != (n,)
-    ):
+    if context_id is not None and (not is_integer(context_id) or context_id.shape != (n,)):
         raise ValueError(f"context_id must be an integer tensor ({n},), got {describe(context_id)}")
     if isinstance(num_tokens, Tensor):
         if num_tokens.dim() or num_tokens.dtype.is_complex or num_tokens.dtype == torch.bool:

@@ -13,7 +13,7 @@ from ..shipped import located
 
 _WORKER = "dmfast.sampling.vllm_worker.Worker"
 _OWN = ("--model", "--generation-config", "--override-generation-config", "--logprobs-mode", "--worker-extension-cls",
-        "--logits-processors", "--speculative-config", "--quantization")  # fmt: skip
+        "--logits-processors", "--speculative-config", "--quantization", "--config")  # fmt: skip
 _SHORT = {"-sc": "--speculative-config", "-q": "--quantization"}
 _IN_PARTS = "--enable-chunked-prefill"
 

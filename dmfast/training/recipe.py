@@ -28,6 +28,7 @@ The command writes into ``train.output_dir``: the model, ``log.json`` (machine, 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -37,7 +38,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ _KEYS = (
     "model", "dtype", "prompts", "stop", "chat_template_kwargs", "constraints", "monitor", "reward", "fit", "lora",
     "train", "evaluate",
 )  # fmt: skip
+_FOLDER = "dmfast_output"
 _OF_SCRIPTS = ("resume_from_checkpoint", "do_predict")  # TrainingArguments has them, and its Trainer does not read them
 
 
@@ -571,8 +573,21 @@ def fit_z(
 
 def _config(recipe: Mapping[str, Any]) -> DMConfig:
     """Return the arguments of the training."""
-    train = {"output_dir": "dmfast_output", **recipe["train"]}
+    train = {"output_dir": _FOLDER, **recipe["train"]}
     return DMConfig(**train) if train.get("preset") is None else DMConfig.preset(train.pop("preset"), **train)
+
+
+@contextlib.contextmanager
+def _no_empty_folder(folder: Path) -> Iterator[None]:
+    """On an error, remove a folder that was made inside and is empty, and its parents of that kind."""
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for each in made:
+                each.rmdir()
+        raise
 
 
 def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[Any], None] = print) -> dict[str, Any]:
@@ -591,9 +606,10 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
             them. The results and the verdict have been said then, and everything else is written.
     """
     start = time.perf_counter()
-    trainer, folder = _prepared(recipe, None, None, resume, say, command=True)
+    out = Path(recipe["train"].get("output_dir") or _FOLDER)
+    with _no_empty_folder(out):
+        trainer, folder = _prepared(recipe, None, None, resume, say, command=True)
     args, target = trainer.args, trainer.target
-    out = Path(args.output_dir)
     rows = _prompts(recipe.get("prompts"))
     data = Contexts(rows, _name_of(recipe))
     data.check(trainer.policy, args.max_new_tokens, args.max_prompt_length, warn=False)
@@ -639,7 +655,9 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
         # the terminal has the results before anything is written, because a full disk may take the files
         say(report.table(log))
         say(report.samples_table(log["samples_before"][:6], log["samples_after"][:6]))
-        say(f"{log['swaps']} swaps of q, training {training:.0f} s, all {log['seconds_all']:.0f} s")
+        say(
+            f"{log['swaps']} swap{'s' * (log['swaps'] != 1)} of q, training {training:.0f} s, all {log['seconds_all']:.0f} s"
+        )
         nothing = None if folder is None else trainer.nothing_left(folder)
         say(f"{nothing}. {log['verdict']}" if nothing else log["verdict"])
         try:
