@@ -138,9 +138,8 @@ def run_loop(args: argparse.Namespace, train: Callable[..., Iterator[dict[str, f
     log["verdict"] = verdict(before, after, ideal, ["women"])
     say(report.table(log))
     say(report.samples_table(log["samples_before"][:6], log["samples_after"][:6]))
-    say(
-        f"{log['swaps']:.0f} swap{'s' * (log['swaps'] != 1)} of q, training {training:.0f} s, all {log['seconds_all']:.0f} s"
-    )
+    swaps = f"{log['swaps']:.0f} swap{'s' * (log['swaps'] != 1)} of q"
+    say(f"{swaps}, training {training:.0f} s, all {log['seconds_all']:.0f} s")
     say(log["verdict"])  # before anything is written, because a full disk may take the files
     report.write(log, args.out)
     title = f"{args.objective} on {Path(args.model).name}: women {before['phi/women']} → {after['phi/women']}"

@@ -1090,7 +1090,8 @@ def test_serve_proposal_starts_vllm_with_what_the_sampler_needs():
         "A": "b", "VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"
     }  # fmt: skip
     for option in (
-        "--generation-config=auto", "--logprobs-mode", "--quantization", "--config=my.yaml", "--logprobs_mode=raw_logits", "-q", "-qfp8",
+        "--generation-config=auto", "--logprobs-mode", "--quantization",
+        "--config=my.yaml", "--logprobs_mode=raw_logits", "-q", "-qfp8",
         "-sc.model", "--override_generation_config.temperature", "--speculative-config.model=m",
     ):  # fmt: skip
         with pytest.raises(ValueError, match="serve-proposal can't take"):

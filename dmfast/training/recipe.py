@@ -655,9 +655,8 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
         # the terminal has the results before anything is written, because a full disk may take the files
         say(report.table(log))
         say(report.samples_table(log["samples_before"][:6], log["samples_after"][:6]))
-        say(
-            f"{log['swaps']} swap{'s' * (log['swaps'] != 1)} of q, training {training:.0f} s, all {log['seconds_all']:.0f} s"
-        )
+        swaps = f"{log['swaps']} swap{'s' * (log['swaps'] != 1)} of q"
+        say(f"{swaps}, training {training:.0f} s, all {log['seconds_all']:.0f} s")
         nothing = None if folder is None else trainer.nothing_left(folder)
         say(f"{nothing}. {log['verdict']}" if nothing else log["verdict"])
         try:
