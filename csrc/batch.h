@@ -33,7 +33,7 @@ struct Batch {
   const int64_t* labels;                // (rows), each kIgnore or a token of the whole vocabulary
   RowOptions options;
   int64_t vocab_start, whole_vocab;
-  const double* token_weight = nullptr;  // (rows), 0 where a row is not scored, on CUDA finite; null: all 1
+  const double* token_weight = nullptr;  // (rows), finite on CUDA, 0 where a row is not scored; null: all are 1
 
   DMF_HD bool is_token(int64_t label) const { return label >= 0 && label < whole_vocab; }
   DMF_HD bool is_shard() const { return options.vocab != whole_vocab; }
@@ -119,7 +119,7 @@ struct Outputs {
   double* rows_block;
   double* sequences_block;
   int64_t rows, sequences;
-  double* total;  // 1: the sum of loss in a fixed order, divided by divide_by; null when only scoring
+  double* total;  // one number, the sum of loss in a fixed order over divide_by; null when only scoring
   bool entropy;   // whether the entropy is computed
   double divide_by;
 

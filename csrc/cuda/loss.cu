@@ -41,8 +41,8 @@ struct RowGradient {
 // The gradient in the form that the threads of a block need. One of them makes it.
 struct Slope {
   float reference;
-  float factor, linear;  // dz is 2^exponent * (factor + linear * distance); a power of 2 is taken out of both
-  float biased;          // and added to the exponent by this
+  float factor, linear;  // dz is 2^exponent * (factor + linear * distance), where a power of 2 is taken out of both
+  float biased;          // adds that power to the exponent
   float at_label;
 };
 
@@ -146,7 +146,7 @@ __device__ Slope slope_of(const Constants& c, const RowOptions& o, const RowGrad
   double z = row.lse / o.scale;  // a logit of this value has the term 1
   if (Cap) {
     const double u = z / o.softcap;
-    z = u > 0.999 ? c.bound : o.softcap * atanh(fmax(u, -0.999));  // no logit's term is above that of lse
+    z = u > 0.999 ? c.bound : o.softcap * atanh(fmax(u, -0.999));  // no logit has a larger term than lse
   }
   const float reference = static_cast<float>(z);
   const double off = scaled(reference, o) - row.lse, mend = exp(off);  // corrects the rounding of the reference
@@ -340,7 +340,7 @@ __global__ void __launch_bounds__(P == Pass::score ? kMaxThreads : kMaxKnownThre
     finish_sequence(b, t, out, faults, i, kKnown, shared);
     if (kKnown) {
       __syncthreads();
-      if (isnan(out.log_prob(i)))  // then a row has a fault; a fault of the weight has made the weight 0 already
+      if (isnan(out.log_prob(i)))  // a row has a fault here, and a fault of the weight has made the weight 0 already
         for (int64_t r = b.first_row(i); r < b.first_row(i + 1); ++r)
           zero_row(row_of<Out>(g, b, r), static_cast<int>(b.options.vocab));
     }

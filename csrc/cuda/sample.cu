@@ -202,7 +202,8 @@ struct Scan {
   // Does what pick of sample.h does, with the result in every lane. The result is 0 if a weight is NaN.
   __device__ int pick(double& target) const {
     const int lane = threadIdx.x % 32;
-    // the first lane whose running sum exceeds the target, else the last; none whose weights are all 0
+    // The first lane whose running sum exceeds the target is picked, or else the last lane. A lane is left out if all
+    // of its weights are 0.
     int of = !(own > 0) ? 96 : through > target ? lane : 64 - lane;
     for (int mask = 16; mask > 0; mask /= 2) of = min(of, shuffle(of, mask));
     of = of < 32 ? of : (64 - of) & 31;
@@ -264,7 +265,7 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
     for (int i = 0; i < kTerms; ++i) shared.terms[place<T>(i)] = term<T>(exponent, x[i], i, n);
     __syncwarp();
     const Scan terms(n, [&](int i) { return static_cast<double>(shared.terms[i]); });
-    target *= terms.total() / sums[picked].sum;  // of the tile itself, whose packs are rounded in its sum
+    target *= terms.total() / sums[picked].sum;  // the total of the tile itself, in whose sum packs are rounded
     const int token = terms.pick(target);
     if (threadIdx.x == 0) {
       const bool good = isfinite(shared.log_total);

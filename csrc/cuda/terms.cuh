@@ -36,7 +36,7 @@ inline Constants constants_of(const RowOptions& o) {
 // --- 2^x ---------------------------------------------------------------------------------------------------------
 
 constexpr float kShift = 12582912.0f;       // 1.5 * 2^23: added to a float, it leaves an integer in the low bits
-constexpr float kBiased = kShift + 127.0f;  // which is then the exponent's field of a float
+constexpr float kBiased = kShift + 127.0f;  // with this bias, the integer is the exponent's field of a float
 
 // 2^x = part * power. The two factors let a sum take one multiply-add for each term.
 struct Term {

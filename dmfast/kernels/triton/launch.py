@@ -83,8 +83,10 @@ def _numbers(batch: Batch, dz: Tensor | None) -> tuple[float, ...]:
 
 
 def _same_alignment(batch: Batch, dz: Tensor) -> bool:
-    """Return whether every row of the gradient is aligned as its logits are, so that both take wide accesses: a pack of
-    16 bytes of one is one pack or several of the other."""
+    """Return whether every row of the gradient is aligned as its logits are, so that both take wide accesses.
+
+    16 bytes of one are then one pack or several packs of the other.
+    """
     z, fewest = batch.logits, 16 // batch.logits.element_size()
     apart = [(z.data_ptr() // z.element_size() - dz.data_ptr() // dz.element_size()) % fewest]
     for n, a, b in zip(z.shape[:-1], z.stride(), dz.stride(), strict=False):

@@ -69,7 +69,8 @@ def _write_row(
     """Write dz = scale * cap'(z) * (coefficient * (p - onehot) + bonus * p * (log p + entropy)), p being the softmax.
 
     Without BONUS only the first part is there. A label outside [0, vocab) has no one-hot here. W elements of dz fill 16
-    bytes; W logits fill several times 16 bytes if they are wider."""
+    bytes; W logits fill several times 16 bytes if they are wider.
+    """
     reference64 = lse / scale  # a logit whose term is near 1
     if CAP:
         t = tl.minimum(tl.maximum(reference64 / cap, -0.999), 0.999)
@@ -120,7 +121,7 @@ def score_rows(
     lse_of, label_of, entropy_of,  # (rows) fp64, written; entropy_of only with ENTROPY
     sequence_of,  # (rows) int64 and
     weights,  # (B) fp64, A times what the gradient is multiplied by: only with WRITE
-    bonuses,  # (B) fp64, the same of the entropy: only with WRITE and BONUS
+    bonuses,  # (B) fp64, the factor of the gradient of the entropy: only with WRITE and BONUS
     dz,  # only with WRITE
     vocab, vocab_start, n_tokens, steps, stride_sequence, stride_row, dz_stride_sequence, dz_stride_row,
     scale_high, scale_low, cap_high, cap_low,
@@ -129,7 +130,8 @@ def score_rows(
 ):  # fmt: skip
     """Compute log-sum-exp, the label's logit and the entropy of a row.
 
-    The logit is 0 if another shard has the label. The log-sum-exp is NaN if the label is not a token."""
+    The logit is 0 if another shard has the label. The log-sum-exp is NaN if the label is not a token.
+    """
     row = tl.program_id(0)
     label = tl.load(labels + row)
     token = (label >= 0) & (label < n_tokens)
@@ -229,8 +231,8 @@ def write_rows(
     lse_of,  # (rows) fp64; NaN: a row of a sequence with a fault
     sequence_of,  # (rows) int64
     weights,  # (B) fp64, A times what the gradient is multiplied by
-    entropy_of, bonuses,  # (rows), and (B) the same of the entropy, fp64; only with BONUS
-    dz,  # as logits, written; of fp32 logits also 16 bits wide, and then in other memory than theirs
+    entropy_of, bonuses,  # (rows), and (B) the factor of the gradient of the entropy, fp64; only with BONUS
+    dz,  # of the shape of logits, written; if it has 16 bits and logits are fp32, it shares no memory with them
     there,  # int32: whether dz holds its gradient already; only with MAY_BE_THERE
     vocab, vocab_start, n_tokens, steps, stride_sequence, stride_row, dz_stride_sequence, dz_stride_row,
     scale_high, scale_low, cap_high, cap_low,

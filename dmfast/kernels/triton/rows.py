@@ -44,7 +44,8 @@ def aligned(z, head):
 @triton.jit
 def packs_of(z, vocab, W: tl.constexpr, PACKS: tl.constexpr, THREADS: tl.constexpr):
     """Return the head's length, the number of packs after it, the address of the first pack, the lanes that take one
-    pack each (PACKS, THREADS), and the offsets of their logits (PACKS, THREADS, W). A thread has PACKS lanes."""
+    pack each (PACKS, THREADS), and the offsets of their logits (PACKS, THREADS, W). A thread has PACKS lanes.
+    """
     head = head_of(z, vocab, W)
     lane = tl.arange(0, PACKS)[:, None] * THREADS + tl.arange(0, THREADS)[None, :]
     return head, (vocab - head) // W, aligned(z, head), lane, lane[:, :, None] * W + tl.arange(0, W)[None, None, :]
@@ -85,7 +86,8 @@ def exp2_of(x, high, low):
     """Return 2^(x (high + low)) to 2 ulps, and the exponent. A power below 2^-126 is 0.
 
     The integer part of the exponent is taken out before the exponent is rounded, because exp2 of an fp32 product would
-    be off by the rounding of the product."""
+    be off by the rounding of the product.
+    """
     shifted = tl.fma(x, high, _MAGIC)
     whole = shifted - _MAGIC
     part = tl.fma(x, high, -whole) + x * low
@@ -99,7 +101,8 @@ def constants(scale_high, scale_low, cap_high, cap_low, CAP: tl.constexpr):
     """Return scale and cap in fp64, and a tuple of fp32 constants.
 
     The tuple has the factor that turns a ``distance`` into an exponent of 2, then 2 / cap in nats and in bits, each
-    split in two. Its last entry is the logit beyond which tanh is +-1."""
+    split in two. Its last entry is the logit beyond which tanh is +-1.
+    """
     scale = tl.full([], scale_high, tl.float64) + tl.full([], scale_low, tl.float64)
     cap = tl.full([], cap_high, tl.float64) + tl.full([], cap_low, tl.float64)
     factor = scale * LOG2_E

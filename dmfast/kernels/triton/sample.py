@@ -22,7 +22,8 @@ _RUN_TIME = ["vocab", "stride_row", "scale_high", "scale_low", "cap_high", "cap_
 @triton.jit
 def _pick(weights, target, N: tl.constexpr):
     """Return the index of the first of N weights at which the running sum exceeds the target, and the target minus the
-    sum before it. If rounding leaves the target at the very end, the index is that of the last weight that is not 0."""
+    sum before it. If rounding leaves the target at the very end, the index is that of the last weight that is not 0.
+    """
     i = tl.arange(0, N)
     running = tl.cumsum(weights, axis=0)
     there = weights > 0
@@ -37,7 +38,7 @@ def sample_rows(
     row_ids,  # (N) int64; only with IDS, else 0, 1, ...
     uniforms,  # (N) fp64; only with GIVEN, for tests
     tokens,  # (N) int64, written
-    log_prob,  # (N) fp64, written; NaN for a row that is no distribution
+    log_prob,  # (N) fp64, written; NaN for a row that is not a distribution
     vocab, stride_row, scale_high, scale_low, cap_high, cap_low, seed_low, seed_high, step_low, step_high,
     CAP: tl.constexpr, IDS: tl.constexpr, GIVEN: tl.constexpr, WIDE: tl.constexpr,
     TILES: tl.constexpr, SIZE: tl.constexpr,
