@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import shutil
 import signal
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +38,7 @@ def doctor() -> int:
     print(f"torch {torch.__version__}, numpy {np.__version__}, {torch.get_num_threads()} threads")
     print("backends:")
     for info in backends().values():
-        print(f"  {info.name:6} {'in use' if info.in_use else 'not in use':11} {info.detail}")
+        print(_wrapped(f"  {info.name:6} {'in use' if info.in_use else 'not in use':11} {info.detail}", 21))
     print("packages:")
     for package in ("transformers", "accelerate", "safetensors", "pyyaml", "rich", "matplotlib", "nltk", "peft"):
         try:
@@ -46,8 +48,15 @@ def doctor() -> int:
         print(f"  {package:12} {found}")
     print("what dmfast needs, and its extras, each by pip install 'dmfast[NAME]':")
     for line in _extras():
-        print(f"  {line}")
+        print(_wrapped(f"  {line}", 15))
     return 0 if backends()["cpu"].available else 1
+
+
+def _wrapped(line: str, indent: int) -> str:
+    """Return a line that is wrapped on a terminal, and left whole for a program that reads it."""
+    if not sys.stdout.isatty():
+        return line
+    return textwrap.fill(line, shutil.get_terminal_size().columns, subsequent_indent=" " * indent)
 
 
 def _extras() -> list[str]:
