@@ -73,12 +73,13 @@ def _passes(axis: Any, runs: Sequence[Run]) -> None:
 
 
 def _front(axis: Any, runs: Sequence[Run], most: int) -> None:
-    ends = []
+    ends, all_x = [], list[float]()
     for i, run in enumerate(runs):
         points = run.front(most)
         if not points:
             continue
         x, y = ([pair[side].value for pair in points] for side in (0, 1))
+        all_x += x
         error_x, error_y = (finite([points[-1][side].stderr])[0] for side in (0, 1))
         style = _style(i)
         axis.plot(x, y, color=style["color"], linestyle=style["linestyle"], linewidth=0.9, alpha=0.8)
@@ -89,6 +90,8 @@ def _front(axis: Any, runs: Sequence[Run], most: int) -> None:
             linestyle="none", capsize=2, elinewidth=0.7,
         )  # fmt: skip
         ends.append((i, x[-1], y[-1]))
+    if all_x and max(all_x) - min(all_x) < 0.01:  # the coverage stays as it is, so that the axis has no range of its own
+        axis.set_xlim(min(all_x) - 0.1, max(all_x) + 0.1)
     axis.set_xlim(right=min(axis.get_xlim()[1], 1.02))  # where an error bar alone would go beyond 1
     axis.set_xlabel(f"pass@{most}: coverage", fontsize=8)
     axis.set_ylabel("pass@1: precision", fontsize=8)
