@@ -382,7 +382,10 @@ def test_right_answers_are_drawn_over_k_and_against_each_other(tmp_path):
 
 def test_a_coverage_that_stays_as_it_is_has_a_readable_axis(tmp_path):
     passes = (0.1, 0.4, 1 - 1e-12), (0.3, 0.6, 1.0)
-    html = page(read([write(tmp_path / "run", with_passes(0, (1, 4, 16), *passes)[0])]))
+    log, _ = with_passes(0, (1, 4, 16), *passes)
+    log["history"][-1] |= {"eval_pass@16": 1.0, "eval_pass@16_stderr": 0.0}
+    log["after"]["pass@16"] = estimate(1.0, 0.0)
+    html = page(read([write(tmp_path / "run", log)]))
     front = re.search(r"<figure><h3>precision against coverage</h3>(.*?)</figure>", html, re.S)[1]
     labels = re.findall(r">([^<>]+)</text>", front)
     assert {"0.90", "1.00"} <= set(labels) and not [each for each in labels if re.search(r"\de|\+", each)]

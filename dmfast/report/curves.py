@@ -90,7 +90,8 @@ def _front(axis: Any, runs: Sequence[Run], most: int) -> None:
             linestyle="none", capsize=2, elinewidth=0.7,
         )  # fmt: skip
         ends.append((i, x[-1], y[-1]))
-    if all_x and max(all_x) - min(all_x) < 0.01:  # the coverage stays as it is, so that the axis has no range of its own
+    # a coverage that stays as it is gives the axis no range
+    if all_x and max(all_x) - min(all_x) < 0.01:
         axis.set_xlim(min(all_x) - 0.1, max(all_x) + 0.1)
     axis.set_xlim(right=min(axis.get_xlim()[1], 1.02))  # where an error bar alone would go beyond 1
     axis.set_xlabel(f"pass@{most}: coverage", fontsize=8)
