@@ -16,13 +16,13 @@ LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!https?://|#)([^)\s]+)\
 
 
 def absolute(readme: str, repository: str, tag: str) -> str:
-    """Return the text with absolute links to the files of a tag."""
+    """Return the text with absolute links to the files of a tag, and with the command that installs the package."""
 
     def link(found: re.Match[str]) -> str:
         image, text, path = found.groups()
         return f"{image}[{text}]({repository}/{'raw' if image else 'blob'}/{tag}/{path})"
 
-    return LINK.sub(link, readme)
+    return LINK.sub(link, readme).replace("pip install '.[", "pip install 'dmfast[")
 
 
 def with_urls(pyproject: str, repository: str, tag: str) -> str:

@@ -256,8 +256,16 @@ def test_lambda_from_the_prompts_of_a_dataset():
         (datasets.Dataset.from_dict(ROWS).to_iterable_dataset(), TypeError, "have a length.*got IterableDataset"),
         (datasets.Dataset.from_dict({"text": ["w1"], "n": [1]}), ValueError, "no column 'prompt', only text, n"),
         (datasets.Dataset.from_dict({"prompt": []}), ValueError, "is empty"),
-        (datasets.Dataset.from_dict({"prompt": [None, "w1"]}), ValueError, "row 0 must be a string.*got NoneType"),
-        (datasets.Dataset.from_dict({"prompt": [1.5]}), ValueError, "row 0 must be a string.*got float"),
+        (
+            datasets.Dataset.from_dict({"prompt": [None, "w1"]}),
+            ValueError,
+            "row 0 of train_dataset has a prompt of type NoneType",
+        ),
+        (
+            datasets.Dataset.from_dict({"prompt": [1.5]}),
+            ValueError,
+            "row 0 of train_dataset has a prompt of type float",
+        ),
     ],
     ids=["splits", "a stream", "another column", "empty", "None", "numbers"],
 )
@@ -267,7 +275,7 @@ def test_datasets_that_are_no_prompts(rows, error, match):
 
 
 def test_a_prompt_that_is_missing_later_is_found_before_training(tmp_path):
-    with pytest.raises(ValueError, match=r"row 1 must be a string.*got NoneType"):
+    with pytest.raises(ValueError, match="row 1 of train_dataset has a prompt of type NoneType"):
         job(tmp_path, prompts=datasets.Dataset.from_dict({"prompt": ["w1", None]}))
 
 

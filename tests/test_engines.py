@@ -373,9 +373,9 @@ def test_a_key_is_sent_from_an_option_or_a_variable(server, monkeypatch):
 
 def test_numbers_out_of_range_are_refused(server):
     for name, value, match in (
-        ("timeout", -1, "a positive number of seconds, got -1"), ("timeout", 0, "a positive number of seconds, got 0"),
-        ("patience", -1, "a number, 0 or more, of seconds, got -1"),
-        ("retries", -1, "a number, 0 or more, of times, got -1"), ("retries", "2", "a number, .* got '2'"),
+        ("timeout", -1, "a number of seconds, above 0, got -1"), ("timeout", 0, "a number of seconds, above 0, got 0"),
+        ("patience", -1, "a number of seconds, 0 or more, got -1"),
+        ("retries", -1, "a number of times, 0 or more, got -1"), ("retries", "2", "a number of times, .* got '2'"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"{name} must be {match}"):
             connected(server, **{name: value})
@@ -1091,7 +1091,7 @@ def test_serve_proposal_starts_vllm_with_what_the_sampler_needs():
     }  # fmt: skip
     for option in (
         "--generation-config=auto", "--logprobs-mode", "--quantization",
-        "--config=my.yaml", "--logprobs_mode=raw_logits", "-q", "-qfp8",
+        "--config=my.yaml", "--logprobs-mo", "--override-gen={}", "--logprobs_mode=raw_logits", "-q", "-qfp8",
         "-sc.model", "--override_generation_config.temperature", "--speculative-config.model=m",
     ):  # fmt: skip
         with pytest.raises(ValueError, match="serve-proposal can't take"):

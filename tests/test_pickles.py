@@ -115,10 +115,48 @@ def in_front(trace):
     return file.getvalue()
 
 
+class Script(torch.nn.Module):
+    """Write a file when its TorchScript is loaded."""
+
+    def __init__(self, trace):
+        super().__init__()
+        self.weight, self.trace = torch.ones(1), str(trace)
+
+    @torch.jit.export
+    def __getstate__(self):
+        return self.weight, self.trace, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, str, bool]):
+        self.weight, self.trace = state[0], state[1]
+        torch.save(self.weight, self.trace)
+
+    def forward(self, x: torch.Tensor):
+        return x
+
+
+def torch_script(file, trace):
+    """Write TorchScript whose data are plain, and whose constants are a module that runs code when it is loaded."""
+    torch.jit.save(torch.jit.script(Script(trace)), file)
+    with zipfile.ZipFile(file) as archive:
+        records = {name.split("/", 1)[1]: archive.read(name) for name in archive.namelist()}
+    out = torch._C.PyTorchFileWriter(str(file))
+    module = records["data.pkl"][:-1] + b"\x85."  # the tuple that constants have to be
+    plain = pickle.dumps({"weight": 1}, protocol=2)
+    for name, data in {**records, "data.pkl": plain, "constants.pkl": module}.items():
+        if name in ("version", "byteorder") or name.startswith(".data"):
+            continue
+        if name.startswith("data/"):
+            out.write_record(f"constants/{name.removeprefix('data/')}", data, len(data))
+        out.write_record(name, data, len(data))
+    out.write_end_of_file()
+
+
 OTHER = {
     "another pickle": (lambda f, t: f.write_bytes(pickle.dumps(Runs(t))), "can't be read"),
     "a zip": (lambda f, t: f.write_bytes(b"PK\3\4" + pickle.dumps(Runs(t))), "can't be read"),
     "a pickle in front of a zip": (lambda f, t: f.write_bytes(in_front(t)), "not a file that torch.save writes"),
+    "TorchScript": (torch_script, r"is a TorchScript archive, which torch\.load would run"),
     "by the name of a class": (
         lambda f, t: torch.save([np.random.RandomState, print], f),
         r"names __builtin__\.print, numpy\.",
@@ -195,7 +233,7 @@ def test_deepspeed_is_led_to_no_other_folder(tmp_path):
     pickles.refuse_code(tmp_path)
     for tag in ("../elsewhere", "global_step12/../../elsewhere", "/elsewhere"):
         latest.write_text(tag)
-        with pytest.raises(ValueError, match=r"latest names .*elsewhere', which is no folder of DeepSpeed"):
+        with pytest.raises(ValueError, match=r"latest names .*elsewhere', which is not a folder that DeepSpeed writes"):
             pickles.refuse_code(tmp_path)
 
 

@@ -100,7 +100,7 @@ def test_where_prompts_come_from(rows):
         ("w1", "must have a length"),
         ([], "is empty"),
         ([{"text": "w1"}], "no column 'prompt', only text"),
-        ([3], "must be a string or a list of chat messages, got int"),
+        ([3], "row 0 of train_dataset has a prompt of type int, and it must be a string or a list"),
         (tokenizer()(["w1", "w2"]), "must have a length"),
         ([{"prompt": "w1", "pixel_values": [0.0]}], "the column 'pixel_values', .* text only"),
         (datasets.Dataset.from_list([{"prompt": "w1", "images": ["x.png"]}]), "the column 'images', .* text only"),

@@ -192,6 +192,7 @@ class Uploads:
 
     def __init__(self, monkeypatch):
         self.pushed = []
+        monkeypatch.setattr(huggingface_hub, "whoami", lambda token=None: {"name": "someone"})
         for name in ("create_repo", "upload_folder"):
             monkeypatch.setattr(huggingface_hub.HfApi, name, getattr(self, name))
             # older releases took the functions over when they were imported

@@ -94,12 +94,12 @@ def test_the_verdict(share, kl, says):
         (
             (0.47, 0.09),
             (0.44, 0.17),
-            "is unknown: KL.* is 0.44 ± 0.17, ideal 0.138, and without training",
+            "is unknown: KL.* is 0.44 ± 0.17, ideal 0.138, and these sequences",
         ),
         (
             (0.25, 0.22),
             (0.14, 0.01),
-            "is unknown: E.* is 0.25 ± 0.22, wanted 0.5, and .* well: 0.067 is as near; KL",
+            "is unknown: E.* is 0.25 ± 0.22, wanted 0.5, and .* the start, 0.067; KL",
         ),
         ((0.47, 0.02), (0.16, 0.02), "matches"),
         ((0.25, 0.22), (0.5, 0.05), "did not come to its target: KL"),
@@ -148,7 +148,8 @@ def test_a_trainer_says_its_verdict(tmp_path):
     trainer = job(tmp_path, model=tilted, **settings)
     before, state = [p.clone() for p in trainer.model.parameters()], torch.get_rng_state()
     found = trainer.verdict()
-    assert re.match(r"The policy matches the target: E\[w3\] is 0\.(59|60|61)\d* ± 0\.01\d*, wanted ", found)
+    share = re.match(r"The policy matches the target: E\[w3\] is (0\.\d+) ± 0\.01\d*, wanted ", found)
+    assert float(share[1]) == pytest.approx(0.6, abs=0.04)
     assert "Criterion: " in found
     assert all(map(torch.equal, before, trainer.model.parameters())) and torch.equal(state, torch.get_rng_state())
     trainer = job(tmp_path, model=llama(), eval_dataset={"one": ["w1"], "two": ["w2", "w4 w1"]}, **settings)
@@ -157,3 +158,17 @@ def test_a_trainer_says_its_verdict(tmp_path):
     assert trainer.verdict("two") == lines[1].removeprefix("two: ")
     with pytest.raises(ValueError, match="eval_dataset has the sets one, two, and no 'three'"):
         trainer.verdict("three")
+
+
+def test_a_verdict_on_other_prompts_has_what_p_has_there(tmp_path):
+    """Lambda is fitted on prompts where w3 is rare. On another prompt p has another share, and no policy the wanted."""
+    trainer = job(tmp_path, prompts=["w7 w1", "w2 w0"], eval_samples=4000, max_new_tokens=2, samples_per_context=4)
+    trainer.target.fit(n=4000, contexts=["w7 w1", "w2 w0"], max_new_tokens=2)
+    x = trainer.target.base.sample(["w6 w5"], 4000, max_new_tokens=2, seed=1)
+    wanted, of_fit = ideal(trainer.target, x, fitted=False), ideal(trainer.target, x)
+    assert (
+        of_fit["phi/w3"] == Estimate(0.6, 0.0) and abs(wanted["phi/w3"].value - 0.6) > 5 * wanted["phi/w3"].stderr > 0
+    )
+    assert "wanted 0.6" in trainer.verdict()
+    said = re.search(r"E\[w3\] is .*, wanted ([\d.]+)", trainer.verdict(["w6 w5"]))
+    assert float(said[1].rstrip(".")) == pytest.approx(wanted["phi/w3"].value, abs=6 * wanted["phi/w3"].stderr)

@@ -391,7 +391,7 @@ class AsyncSampler:
             tokenizer: the tokenizer of the samples.
 
         Raises:
-            ValueError: ``state`` is no such state. Nothing has changed then.
+            ValueError: ``state`` is not a state of a sampler that draws ahead. Nothing has changed then.
         """
         self._requests, before = _requests_of(state, tokenizer), self._requests
         for request in before:

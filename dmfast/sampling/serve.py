@@ -44,12 +44,12 @@ def command(model: str, options: Sequence[str], *, host: str, port: int, dtype: 
             Or the server would crash on a CPU.
     """
     names = [_name(each) for each in options]
-    own = [each for each, name in zip(options, names, strict=True) if name in _OWN]
+    own = [each for each, name in zip(options, names, strict=True) if any(_means(name, option) for option in _OWN)]
     if own:
         raise ValueError(
             f"serve-proposal can't take {', '.join(own)}: dmfast sets it, or q would not be the model's distribution"
         )
-    if on_cpu and _IN_PARTS in names:
+    if on_cpu and any(_means(name, _IN_PARTS) for name in names):
         raise ValueError(
             f"serve-proposal can't take {_IN_PARTS} on a CPU, where vLLM crashes when it reads the prompt of a request "
             "with a seed in parts: leave it out"
@@ -71,6 +71,11 @@ def _name(option: str) -> str:
         if option.startswith(short):
             return name
     return option.partition("=")[0].partition(".")[0].replace("_", "-")
+
+
+def _means(name: str, option: str) -> bool:
+    """Return whether a name stands for an option of vLLM. Its parser also takes the beginning of an option's name."""
+    return name.startswith("--") and len(name) > 2 and option.startswith(name)
 
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:

@@ -436,9 +436,9 @@ class Server:
             raise ValueError(f"the address of an engine must be http://host:port, got {url!r}")
         for name, value in (("timeout", timeout), ("patience", patience), ("retries", retries)):
             if not isinstance(value, (int, float)) or not value >= 0 or (name == "timeout" and value == 0):
-                wanted = "a positive number" if name == "timeout" else "a number, 0 or more,"
                 unit = "times" if name == "retries" else "seconds"
-                raise ValueError(f"{name} must be {wanted} of {unit}, got {value!r}")
+                least = "above 0" if name == "timeout" else "0 or more"
+                raise ValueError(f"{name} must be a number of {unit}, {least}, got {value!r}")
         self._url, self._host, self._port, self._tls = str(url), parts.hostname, port, parts.scheme == "https"
         self._path = parts.path.rstrip("/").removesuffix("/v1")
         self._timeout, self._patience, self._retries = timeout, patience, retries

@@ -48,7 +48,7 @@ class EpochOrder(TrainerCallback):  # type: ignore[misc]
 class Intervals(TrainerCallback):  # type: ignore[misc]
     """A callback that logs, evaluates and saves at the intervals of the arguments, also in a run that goes on.
 
-    transformers takes those that the checkpoint has recorded.
+    Without it, a resumed run would keep the intervals that its checkpoint recorded.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

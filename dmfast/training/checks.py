@@ -127,8 +127,8 @@ def check_environment(args: DMConfig, *, own_optimizer: bool = False, own_schedu
         try:
             each()
         except (ImportError, RuntimeError, AssertionError, ValueError) as error:
-            raise ImportError(f"report_to={args.report_to!r} needs a package that is not installed: {error}") from error
-    if args.push_to_hub:
+            raise ImportError(f"report_to={args.report_to!r} can't be used: {error}") from error
+    if args.push_to_hub and args.process_index == 0:
         _check_hub(args)
     optimizer = None if own_optimizer else _optimizer_of(args)
     if not own_scheduler:
@@ -258,20 +258,22 @@ def _check_scheduler(args: DMConfig, optimizer: torch.optim.Optimizer | None) ->
 
 
 def check_writable(folder: Path) -> None:
-    """Check that files can be written into a folder. A folder that does not exist is made and removed again.
+    """Check that files can be written into a folder, or that the folder can be made if it does not exist.
 
     Raises:
         OSError: no file can be written; the message names the folder.
     """
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with tempfile.TemporaryFile(dir=_existing(folder)) as file:
             file.write(b"x")
-        for each in made:
-            each.rmdir()
     except OSError as error:
         raise OSError(f"nothing can be written into output_dir={str(folder)!r}: {error.strerror or error}") from error
+
+
+def _existing(folder: Path) -> Path:
+    """Return a folder, or if it does not exist yet, the nearest of its parents that does."""
+    whole = folder.absolute()
+    return next(each for each in (whole, *whole.parents) if each.exists())
 
 
 def check_space(folder: Path, model: nn.Module, *, checkpoints: bool) -> None:
@@ -289,8 +291,7 @@ def check_space(folder: Path, model: nn.Module, *, checkpoints: bool) -> None:
         return
     parameters = {address(p): p.numel() * p.element_size() for p in model.parameters() if not sharding.is_shard(p)}
     needed = sum(parameters.values()) * (5 if checkpoints else 1)
-    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(_existing(folder)).free
     if free < needed:
         what = "the model and a checkpoint with optimiser and q" if checkpoints else "the model"
         raise OSError(

@@ -85,7 +85,8 @@ class EvaluatingTrainer(CheckpointingTrainer):
 
         It draws ``args.eval_samples`` new sequences from the base and as many from the policy. Each feature of a
         constraint must have come nine tenths of the way from the base to p, and KL(pi||a) must be within a quarter of
-        KL(p||a), each give or take two standard errors. With several processes, call it on all of them.
+        KL(p||a), each give or take two standard errors. On prompts other than those of the training, p has its own
+        values. With several processes, call it on all of them; each draws all sequences.
 
         Args:
             eval_dataset: as in ``evaluate``. With several sets there is a line for each.
@@ -126,12 +127,13 @@ class EvaluatingTrainer(CheckpointingTrainer):
                 return evaluate(
                     model, target, [prompt for _, prompt in some], math.ceil(args.eval_samples / len(some)),
                     max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed,
-                    batch_size=args.sampling_batch_size, rows=rows.whole(some), whose=whose,
+                    batch_size=args.sampling_batch_size, rows=rows.whole(some),
+                    whose=whose if self.is_world_process_zero() else None,
                 )  # fmt: skip
 
         x, before = measured(target.base, "the base")
         _, after = measured(self.policy, "the policy")
-        return verdict(before, after, ideal(target, x), constrained(target))
+        return verdict(before, after, ideal(target, x, fitted=rows is self._rows), constrained(target))
 
     @torch.no_grad()
     def _evaluate_on(self, rows: Contexts, prefix: str, has_prompts: bool) -> dict[str, float]:

@@ -22,6 +22,7 @@ import torch
 
 _METADATA = ".metadata"  # torch.distributed.checkpoint also reads __<rank>.metadata
 _ZIP = b"PK\x03\x04"  # torch.load takes a file that begins otherwise for a bare pickle, whatever follows
+_OF_TORCHSCRIPT = "constants.pkl"  # torch.load takes a file with this record for TorchScript, and runs its code
 _LATEST = "latest"  # the name of the folder of a checkpoint that DeepSpeed reads
 _NEVER_READ = {"training_args.bin"}  # transformers writes this file for people and never reads it
 _DEEPSPEED = re.compile(r"global_step\d+")
@@ -134,9 +135,12 @@ def _check_saved(source: Any, what: str, allowed: re.Pattern[str] = _PLAIN) -> N
         raise ValueError(f"{what} can't be read: it is not a file that torch.save writes today")
     try:
         # torch's own reader takes the same record from the file that torch.load would take
-        data = torch._C.PyTorchFileReader(source).get_record("data.pkl")
+        reader = torch._C.PyTorchFileReader(source)
+        records, data = reader.get_all_records(), reader.get_record("data.pkl")
     except RuntimeError as error:
         raise ValueError(f"{what} can't be read: {error}") from error
+    if _OF_TORCHSCRIPT in records or any(name.startswith("code/") for name in records):
+        raise ValueError(f"{what} is a TorchScript archive, which torch.load would run: it is not of torch.save")
     _check(data, allowed, what)
 
 
@@ -149,8 +153,9 @@ def _check_shards(path: Path) -> None:
     metadata = _Metadata(io.BytesIO(data)).load()
     objects = {name for name, each in metadata.state_dict_metadata.items() if isinstance(each, BytesStorageMetadata)}
     for index, place in (metadata.storage_data or {}).items():
-        if place.transform_descriptors:
-            raise ValueError(f"{path} can't be checked: {index.fqn} is stored under {place.transform_descriptors}")
+        transforms = getattr(place, "transform_descriptors", None)  # torch has them since 2.7
+        if transforms:
+            raise ValueError(f"{path} can't be checked: {index.fqn} is stored under {transforms}")
         if index.fqn in objects:
             file = path.parent / place.relative_path
             with open(file, "rb") as opened:
@@ -167,7 +172,7 @@ def _files(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
-        yield from (Path(where, name) for name in files)
+        yield from filter(Path.is_file, (Path(where, name) for name in files))  # a link may lead nowhere
 
 
 def refuse_code(folder: Path) -> None:
@@ -186,7 +191,9 @@ def refuse_code(folder: Path) -> None:
         elif path.name == _LATEST:
             tag = path.read_text(encoding="utf-8", errors="replace").strip()
             if not _DEEPSPEED.fullmatch(tag):
-                raise ValueError(f"{path} names {tag!r}, which is no folder of DeepSpeed's and was not checked")
+                raise ValueError(
+                    f"{path} names {tag!r}, which is not a folder that DeepSpeed writes, so it was not checked"
+                )
         elif path.suffix in (".pt", ".pth", ".bin"):
             of_deepspeed = _DEEPSPEED.fullmatch(path.relative_to(folder).parts[0])
             _check_saved(str(path), str(path), _OF_DEEPSPEED if of_deepspeed else _PLAIN)

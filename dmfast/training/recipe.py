@@ -422,8 +422,8 @@ def prepare(
 def _prepared(
     recipe: dict[str, Any], fitted: Mapping[str, Any] | None, reward: AnyReward | None, resume: str | bool,
     say: Callable[[Any], None], *, command: bool,
-) -> tuple[DMTrainer, Path | None]:  # fmt: skip
-    """Return the trainer of ``prepare``, and the checkpoint from which it goes on.
+) -> tuple[DMTrainer, Path | None, Contexts]:  # fmt: skip
+    """Return the trainer of ``prepare``, the checkpoint from which it goes on, and the prompts.
 
     Args:
         command: whether messages advise options of the command line.
@@ -476,7 +476,7 @@ def _prepared(
     else:
         target.load_state_dict(dict(fitted))
         say(str(target.report))
-    return trainer, folder
+    return trainer, folder, data
 
 
 def _name_of(recipe: Mapping[str, Any]) -> str:
@@ -486,10 +486,11 @@ def _name_of(recipe: Mapping[str, Any]) -> str:
 
 
 def _try_features(trainer: DMTrainer, data: Contexts) -> None:
-    """Call each feature and the reward on two short texts, so that one that fails does so before lambda is fitted."""
+    """Call each feature and the reward on two texts of the base, to find before lambda is fitted whether one fails."""
     some = [data[i] for i in range(min(len(data), 2))]
     x = trainer.target.base.sample(
-        [prompt for _, prompt in some], 2 // len(some), max_new_tokens=2, temperature=trainer.args.temperature, seed=0
+        [prompt for _, prompt in some], 2 // len(some), max_new_tokens=trainer.args.max_new_tokens,
+        temperature=trainer.args.temperature, seed=0,
     ).with_rows(data.whole(some))  # fmt: skip
     trainer.target.score(x, x.log_prob)
     if trainer.reward is not None:
@@ -573,8 +574,13 @@ def fit_z(
 
 def _config(recipe: Mapping[str, Any]) -> DMConfig:
     """Return the arguments of the training."""
-    train = {"output_dir": _FOLDER, **recipe["train"]}
+    train = _train_of(recipe)
     return DMConfig(**train) if train.get("preset") is None else DMConfig.preset(train.pop("preset"), **train)
+
+
+def _train_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entry ``train`` with a folder to write into."""
+    return {**recipe["train"], "output_dir": recipe["train"].get("output_dir") or _FOLDER}
 
 
 @contextlib.contextmanager
@@ -606,20 +612,18 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
             them. The results and the verdict have been said then, and everything else is written.
     """
     start = time.perf_counter()
-    out = Path(recipe["train"].get("output_dir") or _FOLDER)
-    with _no_empty_folder(out):
-        trainer, folder = _prepared(recipe, None, None, resume, say, command=True)
+    with _no_empty_folder(Path(_train_of(recipe)["output_dir"]).expanduser()):
+        trainer, folder, data = _prepared(recipe, None, None, resume, say, command=True)
     args, target = trainer.args, trainer.target
-    rows = _prompts(recipe.get("prompts"))
-    data = Contexts(rows, _name_of(recipe))
-    data.check(trainer.policy, args.max_new_tokens, args.max_prompt_length, warn=False)
+    out = Path(args.output_dir)
+    has_prompts = recipe.get("prompts") is not None
     settings = {"samples": args.eval_samples, "seed": args.seed + 10**6, "batch_size": args.sampling_batch_size}
     settings |= recipe.get("evaluate") or {}
 
     def now(model: LanguageModel, whose: str) -> tuple[Samples, dict[str, Estimate]]:
         some = [data[i] for i in range(min(len(data), settings["samples"]))]
         return evaluate(
-            model, target, None if rows is None else [prompt for _, prompt in some],
+            model, target, [prompt for _, prompt in some] if has_prompts else None,
             math.ceil(settings["samples"] / len(some)), max_new_tokens=args.max_new_tokens,
             temperature=args.temperature, seed=settings["seed"], batch_size=settings["batch_size"],
             texts=args.eval_diversity, rows=data.whole(some), judge=trainer.judge, whose=whose,
@@ -648,7 +652,7 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
         "seconds_training": training,
         "seconds_all": time.perf_counter() - start,
         "verdict": verdict(before, after, wanted, constrained(target)),
-        **_shown(x_before, x_after, None if rows is None else [data[i][1] for i in range(len(data))]),
+        **_shown(x_before, x_after, [data[i][1] for i in range(len(data))] if has_prompts else None),
         "history": [h for h in trainer.state.log_history if "train_runtime" not in h],
     }
     if trainer.is_world_process_zero():

@@ -21,8 +21,12 @@ def constrained(target: EBM) -> list[str]:
     return [*target.moment_names, *target.pointwise_names]
 
 
-def ideal(target: EBM, of_base: Samples) -> dict[str, Estimate]:
-    """Return the measures of a policy equal to p: E_p[phi] and KL(p||a), from samples of the base."""
+def ideal(target: EBM, of_base: Samples, *, fitted: bool = True) -> dict[str, Estimate]:
+    """Return the measures of a policy equal to p: E_p[phi] and KL(p||a), from samples of the base.
+
+    ``fitted`` tells whether lambda was fitted on the prompts of the samples. If so, p has what the moments want, and
+    the fit may know KL better.
+    """
     scores = target.score(of_base, of_base.log_prob)
     log_w = scores.log_target - of_base.log_prob
     # each context has its own Z and all contexts weigh the same, because lambda was fitted so
@@ -35,7 +39,7 @@ def ideal(target: EBM, of_base: Samples) -> dict[str, Estimate]:
     found = {f"phi/{name}": e for name, e in zip(names, estimate_moments(columns, log_u), strict=True)}
     found |= {f"phi/{name}": Estimate(1.0, 0.0) for name in target.zero_one_names}  # also where no sample has it
     kl = estimate(of_base.log_prob, of_base.log_prob, scores.log_target, log_z, z_of=of_base.context_id).kl_proposal
-    if target.report is not None and target.moment_names:
+    if fitted and target.report is not None and target.moment_names:
         if target.report.n >= len(of_base):  # whoever had more samples knows KL better
             kl = target.report.kl
         for name, moment in zip(target.moment_names, target.describe()["moments"], strict=True):
@@ -71,7 +75,7 @@ def verdict(
         elif abs(now.value - wanted.value) > allowed:
             wrong.append(f"{text}, which may differ by {allowed:.2g}{hint}")
         elif 0 < way <= allowed:
-            unknown.append(f"{text}, and without training it would pass as well: {rounded(start):.4g} is as near")
+            unknown.append(f"{text}, and these sequences can't tell it from the start, {rounded(start):.4g}")
         else:
             right.append(text)
 

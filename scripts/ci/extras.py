@@ -119,8 +119,10 @@ def main() -> None:
     def apart() -> str:
         try:
             resolve(uv, APART, NEWEST, pinned=False)
-        except RuntimeError:
-            return ""
+        except RuntimeError as error:
+            if "No solution found" in str(error):
+                return ""
+            raise
         return f"FAULT: {' and '.join(APART)} go together now, and docs/guide/install.md says that they do not"
 
     with ThreadPoolExecutor(8) as pool:  # resolutions wait for the network, so many run at once
