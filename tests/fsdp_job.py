@@ -2,8 +2,9 @@
 
 The JSON has ``out``, ``fsdp`` and ``variants``. A variant has a name and the arguments of ``trainer_job.job``, and may
 have ``model``, ``resume``, ``stop``, ``fsdp_config``, ``launcher`` (what accelerate launch puts into the environment),
-``bare`` (accelerate stays as it is on a CPU), ``differs`` (what is different on rank 1) and ``refused`` (the job must
-be refused). ``checks`` names functions of ``fsdp_checks.py``. Rank r writes its results to ``result-r.json``.
+``bare`` (accelerate stays as it is on a CPU), ``verdict`` (the trainer is asked for one at the end), ``differs`` (what
+is different on rank 1) and ``refused`` (the job must be refused). ``checks`` names functions of ``fsdp_checks.py``.
+Rank r writes its results to ``result-r.json``.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ ALONE = {"seed": {"seed": 30}, "lambda": {"lambda_": 1.6}, "prompts": {"prompts"
 
 
 def run(out, fsdp, name, *, model="gpt2", resume=None, stop=None, fsdp_config=None, skip=False, lora=None, bare=False,
-        launcher=None, differs=None, **wanted):  # fmt: skip
+        launcher=None, differs=None, verdict=False, **wanted):  # fmt: skip
     """Return a finished job: its parameters, the gradients of its first step, what it logged and warned of."""
     cpu_fsdp.reset(bare)
     torch.distributed.is_initialized() and torch.distributed.barrier()
@@ -84,6 +85,7 @@ def run(out, fsdp, name, *, model="gpt2", resume=None, stop=None, fsdp_config=No
         "swaps": trainer.proposal.swaps if trainer.proposal else None,
         "log": [h for h in trainer.state.log_history if "kl_policy" in h],
         "evaluations": [h for h in trainer.state.log_history if "eval_runtime" in h],
+        "verdict": trainer.verdict() if verdict else None,
         "said": sorted({str(each.message) for each in said if "dmfast" in str(each.message)}),
     }
 

@@ -50,7 +50,8 @@ def launched(out, variants, checks=(), processes=2, under_fsdp=True):
 def ranks(tmp_path_factory):
     """Return two ranks of one launch, which takes longer to start than all that it does."""
     checks = ["gradients", "sampling", "scoring", "agreement", "swaps", "engine", "loop", "refusals"]
-    runs = {"gpt2": {}, "bare": {"bare": True, "refused": True}, "FSDP1": {"launcher": LAUNCHER, "refused": True}}
+    runs = {"gpt2": {"verdict": True}, "bare": {"bare": True, "refused": True},
+            "FSDP1": {"launcher": LAUNCHER, "refused": True}}  # fmt: skip
     runs |= {f"differs in {what}": {"differs": what, "refused": True} for what in DIFFERENT}
     return launched(tmp_path_factory.mktemp("fsdp"), runs, checks)
 
@@ -62,6 +63,7 @@ def test_a_run_is_that_of_one_process(ranks, tmp_path):
     assert found["swaps"] == trainer.proposal.swaps == 1
     assert 0.45 < found["held"] < 0.55
     assert found["said"] == []  # the head is fused, so there is no warning
+    assert found["verdict"] == ranks[1]["gpt2"]["verdict"] == trainer.verdict()
     for name, gradient in gradients[0].items():
         right = gradient.flatten()
         torch.testing.assert_close(
