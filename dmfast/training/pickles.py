@@ -153,7 +153,7 @@ def _check_shards(path: Path) -> None:
     metadata = _Metadata(io.BytesIO(data)).load()
     objects = {name for name, each in metadata.state_dict_metadata.items() if isinstance(each, BytesStorageMetadata)}
     for index, place in (metadata.storage_data or {}).items():
-        transforms = getattr(place, "transform_descriptors", None)  # torch has them since 2.7
+        transforms = getattr(place, "transform_descriptors", None)  # older releases of torch have no transforms
         if transforms:
             raise ValueError(f"{path} can't be checked: {index.fqn} is stored under {transforms}")
         if index.fqn in objects:
