@@ -218,7 +218,7 @@ def test_every_place_that_torch_reads_shards_from_is_looked_at(tmp_path):
     dcp.save(state, checkpoint_id=packed)
     place.transform_descriptors = ["stream.zstd"]
     (packed / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(ValueError, match=r"can't be checked: name is stored under .*zstd"):
+    with pytest.raises(ValueError, match=r"can't be checked: name is stored with the transforms .*zstd"):
         pickles.refuse_code(packed)
     assert not trace.exists()
     with contextlib.suppress(dcp.CheckpointException):

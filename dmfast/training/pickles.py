@@ -140,7 +140,9 @@ def _check_saved(source: Any, what: str, allowed: re.Pattern[str] = _PLAIN) -> N
     except RuntimeError as error:
         raise ValueError(f"{what} can't be read: {error}") from error
     if _OF_TORCHSCRIPT in records or any(name.startswith("code/") for name in records):
-        raise ValueError(f"{what} is a TorchScript archive, which torch.load would run: it is not of torch.save")
+        raise ValueError(
+            f"{what} is a TorchScript archive, which torch.load would run; torch.save does not write such files"
+        )
     _check(data, allowed, what)
 
 
@@ -155,7 +157,7 @@ def _check_shards(path: Path) -> None:
     for index, place in (metadata.storage_data or {}).items():
         transforms = getattr(place, "transform_descriptors", None)  # older releases of torch have no transforms
         if transforms:
-            raise ValueError(f"{path} can't be checked: {index.fqn} is stored under {transforms}")
+            raise ValueError(f"{path} can't be checked: {index.fqn} is stored with the transforms {transforms}")
         if index.fqn in objects:
             file = path.parent / place.relative_path
             with open(file, "rb") as opened:
