@@ -386,7 +386,7 @@ class LanguageModel(Forwards):
                 has an image; the chat template fails; the tokenizer does not fit the model; or the model's logits are
                 not a distribution (NaN, +inf, or nothing but -inf), on any device.
         """
-        check_counts(n=n, max_new_tokens=max_new_tokens, **({} if batch_size is None else {"batch_size": batch_size}))
+        check_counts(n=n, max_new_tokens=max_new_tokens, batch_size=1 if batch_size is None else batch_size)
         check_temperature(temperature)
         self._check_placed()
         prompt, prompt_mask = self._encode(prompts)

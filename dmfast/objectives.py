@@ -800,6 +800,14 @@ def _group_mean(values: Tensor, context_id: Tensor | None, without_own: bool) ->
     return torch.where(infinite_of_group > 0, math.inf, of_group / n).expand_as(values)
 
 
+def number_in_graph(value: float, n_sequences: int, device: torch.device) -> Tensor:
+    """Return a number as a (B,) fp64 tensor of a compiled graph, which then serves for other numbers too.
+
+    As a float, or in ``torch.full``, a number that changes at every step would be compiled again at every step.
+    """
+    return torch.zeros(n_sequences, dtype=torch.float64, device=device) + value
+
+
 def plain_baseline(
     objective: Objective | Callable[[Terms], Tensor], n_sequences: int, device: torch.device
 ) -> Baseline:
@@ -816,9 +824,7 @@ def plain_baseline(
         return (baseline.expand(n_sequences) if baseline.dim() == 0 else baseline).contiguous()
     if baseline is None or isinstance(baseline, str):
         return baseline
-    if torch.compiler.is_compiling():  # a running mean as a float would be compiled again at every step
-        return torch.zeros(n_sequences, dtype=torch.float64, device=device) + baseline
-    return float(baseline)
+    return number_in_graph(baseline, n_sequences, device) if torch.compiler.is_compiling() else float(baseline)
 
 
 def leave_one_out_baseline(terms: Terms, context_id: Tensor | None, n_sequences: int, device: torch.device) -> Tensor:

@@ -156,20 +156,21 @@ def bench(args: argparse.Namespace, say: Callable[[Any], None]) -> None:
         report.step_chart(step, args.out / "step.png")
         say(f"wrote {args.out / 'step.json'} and {args.out / 'step.png'}")
         return
-    path, results = args.out / "bench.json", []
+    path, by_config = args.out / "bench.json", dict[Config, dict[str, Any]]()
     here = {k: v for k, v in machine().items() if k != "threads"} | _rivals()  # threads are the configuration's
     if args.resume and path.exists():
-        results = _earlier(path, here)
-    done = [Config(**r["config"]) for r in results]
+        by_config = _earlier(path, here)
     try:
         for i, c in enumerate(configs, 1):
-            if c in done:
+            if c in by_config:
                 continue
             say(f"{i} of {len(configs)}: {c.title}")
-            results.append({"machine": here, **measure(c, say)})
-            write({"unit": "ms", "results": results}, args.out, path.name)  # after each, so that nothing is lost
+            by_config[c] = {"machine": here, **measure(c, say)}
+            # the file is written after each, so that nothing is lost
+            write({"unit": "ms", "results": list(by_config.values())}, args.out, path.name)
     except KeyboardInterrupt:
-        say(f"ended after {len(results)}; --resume goes on")
+        say(f"ended after {len(by_config)}; --resume goes on")
+    results = list(by_config.values())
     if not results:
         return
     report.chart(_for_chart(results), args.out / "bench.png")
@@ -179,8 +180,10 @@ def bench(args: argparse.Namespace, say: Callable[[Any], None]) -> None:
     say(f"wrote {path} and {args.out / 'bench.png'}")
 
 
-def _earlier(path: Path, here: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the results of an earlier run on this machine, without the noisy ones, which are measured again.
+def _earlier(path: Path, here: dict[str, Any]) -> dict[Config, dict[str, Any]]:
+    """Return the results of an earlier run on this machine by configuration.
+
+    The noisy ones are left out, because they are measured again.
 
     Raises:
         ValueError: the file is not a result of this version of ``dmfast bench``.
@@ -188,9 +191,8 @@ def _earlier(path: Path, here: dict[str, Any]) -> list[dict[str, Any]]:
     try:
         found = json.loads(path.read_text())["results"]
         found = [r for r in found if r["machine"] | {"date": ""} == here | {"date": ""}]
-        for each in found:
-            Config(**each["config"])
-        return [r for r in found if not noisy(r["ms"])]
+        by_config = {Config(**r["config"]): r for r in found}
+        return {config: r for config, r in by_config.items() if not noisy(r["ms"])}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"--resume can't read {path} as results of this version of dmfast bench "

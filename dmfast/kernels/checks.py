@@ -26,6 +26,7 @@ from ..objectives import (
     Terms,
     is_number,
     leave_one_out_baseline,
+    number_in_graph,
     plain_baseline,
     stacked,
 )
@@ -315,8 +316,8 @@ def make_terms(
             column = value if as_it_is else _per_sequence(COLUMNS[c], value, device, to, n, what)
             columns.append(column.detach() if column.requires_grad else column)
         elif c == 2 and is_number(value) and torch.compiler.is_compiling():
-            present |= LOG_Z  # as a number, a Z that changes would be compiled again at every step
-            columns.append(torch.zeros(n, dtype=torch.float64, device=to) + value)
+            present |= LOG_Z
+            columns.append(number_in_graph(value, n, to))
         elif c == 2 and is_number(value):
             constants = (0.0, 0.0, float(value), 0.0, 0.0, 0.0)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from pathlib import Path
@@ -120,7 +121,7 @@ class EvaluatingTrainer(CheckpointingTrainer):
     @torch.no_grad()
     def _verdict_on(self, rows: Contexts) -> str:
         args, target = self.args, self.target
-        some = [rows[i] for i in range(min(len(rows), args.eval_samples))]
+        some = list(itertools.islice(rows, args.eval_samples))
 
         def measured(model: LanguageModel, whose: str) -> tuple[Samples, dict[str, Estimate]]:
             with self.accelerator.autocast():

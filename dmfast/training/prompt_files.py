@@ -32,8 +32,10 @@ def read_prompts(path: Path) -> list[Any]:
         return [line for line in text.split("\n") if line]
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line) if line.strip() else ""
+            row = json.loads(line)
         except json.JSONDecodeError as error:  # its own text would call every line "line 1"
             raise ValueError(f"line {number} is not JSON: {error.msg}, at column {error.colno}") from error
         except ValueError as error:
@@ -41,7 +43,7 @@ def read_prompts(path: Path) -> list[Any]:
         fault = fault_of_row(row)
         if fault is not None:
             raise ValueError(f"line {number} {fault}")
-        rows += [row] if line.strip() else []
+        rows.append(row)
     return rows
 
 

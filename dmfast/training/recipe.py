@@ -32,6 +32,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 import os
@@ -425,7 +426,7 @@ def _name_of(recipe: Mapping[str, Any]) -> str:
 
 def _try_features(trainer: DMTrainer, data: Contexts) -> None:
     """Call each feature and the reward on two texts of the base, to find before lambda is fitted whether one fails."""
-    some = [data[i] for i in range(min(len(data), 2))]
+    some = list(itertools.islice(data, 2))
     x = trainer.target.base.sample(
         [prompt for _, prompt in some], 2 // len(some), max_new_tokens=trainer.args.max_new_tokens,
         temperature=trainer.args.temperature, seed=0,
@@ -559,7 +560,7 @@ def run(recipe: dict[str, Any], *, resume: str | bool = False, say: Callable[[An
     settings |= recipe.get("evaluate") or {}
 
     def now(model: LanguageModel, whose: str) -> tuple[Samples, dict[str, Estimate]]:
-        some = [data[i] for i in range(min(len(data), settings["samples"]))]
+        some = list(itertools.islice(data, settings["samples"]))
         return evaluate(
             model, target, [prompt for _, prompt in some] if has_prompts else None,
             math.ceil(settings["samples"] / len(some)), max_new_tokens=args.max_new_tokens,
