@@ -1102,8 +1102,9 @@ def test_serve_proposal_on_a_cpu_reads_prompts_whole():
     """Check that prompts are not read in parts on a CPU, where vLLM crashes if such a request has a seed."""
     how = {"host": "h", "port": 5, "dtype": "auto", "on_cpu": True}
     assert "--no-enable-chunked-prefill" in serve.command("m", [], **how)
-    with pytest.raises(ValueError, match="can't take --enable-chunked-prefill on a CPU"):
-        serve.command("m", ["--enable_chunked_prefill"], **how)
+    for spelled in ("--enable-chunked-prefill", "--enable_chunked_prefill"):
+        with pytest.raises(ValueError, match="can't take --enable-chunked-prefill on a CPU"):
+            serve.command("m", [spelled], **how)
 
 
 def test_serve_proposal_without_vllm_is_an_error_with_a_reason(capsys):
